@@ -15,7 +15,7 @@ from agent.egress.connections import Reach
 from agent.egress.providers import Egress
 from agent.gateway.allowances import SAVE_S, Allowances
 from agent.gateway.analysis import Analysis, needed
-from agent.gateway.describing import aliases
+from agent.gateway.describing import Aliases
 from agent.gateway.overflow import Overflow
 from agent.gateway.taints import Taints
 from agent.gateway.wall import Guards, Wall
@@ -58,7 +58,7 @@ class Boundary:
         *,
         reach: Reach | None = None,
     ) -> None:
-        self._live, self._near = live, near
+        self._live, self._near, self._known = live, near, Aliases()
         self.policy = PolicyFile(live)
         self.policy.load()
         self.rates = Rates(live, near.store, state / "rates.json")
@@ -120,6 +120,7 @@ class Boundary:
     def heard(self, node: str, heartbeat: Heartbeat) -> None:
         """A peer's heartbeat."""
         self.taints.heard(node, heartbeat)
+        self._aliases(())  # what it serves is known when it has gone
 
     def warnings(self) -> list[str]:
         """What an operator has to know, a sentence each; the policy's own are in the status."""
@@ -163,7 +164,7 @@ class Boundary:
 
     def _aliases(self, names: Sequence[str]) -> tuple[str, ...]:
         here = NodeView(node=self._live.now.node.id, models=self._near.pool.views())
-        return aliases(names, (here, *self._near.table.view(time.monotonic())))
+        return self._known.of(names, (here, *self._near.table.view(time.monotonic())))
 
 
 def _nodes(config: AgentConfig) -> list[str]:

@@ -102,7 +102,11 @@ async def passed(request: web.Request, wanted: AnswerRequest | EmbedRequest, key
     asked = Asked(request[REQUEST_ID], key_id, _ask_of(wanted), declared, wanted.declared)
     if isinstance(wanted, AnswerRequest):
         asked = asked._replace(prompts=wanted.prompts, answers=wanted.n, stream=wanted.stream)
-    passage = request[PASSAGE] = await request.app[CONTEXT].boundary.wall.enter(asked)
+    try:
+        passage = request[PASSAGE] = await request.app[CONTEXT].boundary.wall.enter(asked)
+    except RackError as error:
+        request.app[CONTEXT].dispatch.turned_away(request[REQUEST_ID], key_id, error)
+        raise
     return passage
 
 

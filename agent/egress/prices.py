@@ -57,9 +57,9 @@ def has_cap(provider: Provider) -> bool:
 
 
 def unpriced(provider: Provider, model: str) -> Halt:
-    """The error for a cap that cannot be kept."""
-    what = f"provider {provider.name}: it has a cap, and no price of {model} is known"
-    how = "the operator has to state usd_per_mtok_in and usd_per_mtok_out in [[providers]], or remove the cap"
+    """The error for a cap, or a key's budget in money, that cannot be kept."""
+    what = f"provider {provider.name}: it or this key has a limit in money, and no price of {model} is known"
+    how = "the operator has to state usd_per_mtok_in and usd_per_mtok_out in [[providers]], or remove the limit"
     return Halt(f"{what}; {how}", code="provider_setup")
 
 

@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, closing, suppress
+from decimal import Decimal
 from typing import Any
 
 import msgspec
@@ -67,6 +68,11 @@ class Egress:
             raise TypeError(f"egress: sends what redaction has made, not {type(redacted).__name__}")
         provider = _permitted(redacted, self._rules())
         return self._answer(provider, redacted.outgoing, _written(provider, redacted.outgoing))
+
+    async def most_usd(self, provider: Provider, outgoing: Outgoing) -> Decimal | None:
+        """The most that a request can cost there, None where no price is known. In a thread: prices may have to be
+        read. Raises Refused as ``send`` does."""
+        return await asyncio.to_thread(_most_usd, provider, outgoing)
 
     def rest_s(self, name: str) -> float:
         """How long a provider is left alone because it failed; 0 if it may be asked now."""
@@ -193,6 +199,11 @@ def _written(provider: Provider, outgoing: Outgoing) -> bytes:
         return prices.body(provider, outgoing)
     what = "nested too deeply, not JSON, or half a character"
     raise Refused(f"messages, tools or response_format: cannot be sent ({what})", code="provider_refused")
+
+
+def _most_usd(provider: Provider, outgoing: Outgoing) -> Decimal | None:
+    _written(provider, outgoing)
+    return prices.most(provider, outgoing)
 
 
 def _forbidden(why: str) -> Refused:

@@ -46,11 +46,24 @@ def answer_tok(ask: Generate | Embed, default_tok: int) -> int:
     return default_tok if ask.max_tokens is None else ask.max_tokens
 
 
-def aliases(names: Collection[str], nodes: Iterable[NodeView]) -> tuple[str, ...]:
-    """Other served names of the same models (``Facts.aliases``): those behind which a node has the same version."""
-    offered = [model for node in nodes for model in node.models]
-    versions = {model.version for model in offered if model.name in names and model.version}
-    return tuple(sorted({model.name for model in offered if model.version in versions}.difference(names)))
+class Aliases:
+    """Served names of the same models: those behind which a node has the same version. While no node has a name's
+    model loaded, its latest versions count: what the policy says of it holds, above all, while the rack is down."""
+
+    def __init__(self) -> None:
+        self._versions: dict[str, set[str]] = {}
+
+    def of(self, names: Collection[str], nodes: Iterable[NodeView]) -> tuple[str, ...]:
+        """Other names of these models (``Facts.aliases``)."""
+        found: dict[str, set[str]] = {}
+        for node in nodes:
+            for model in node.models:
+                if model.version:
+                    found.setdefault(model.name, set()).add(model.version)
+        self._versions |= found
+        versions = {version for name in names for version in self._versions.get(name, ())}
+        same = {name for name, known in self._versions.items() if not versions.isdisjoint(known)}
+        return tuple(sorted(same.difference(names)))
 
 
 def turns(ask: Generate, prompts: Sequence[str] = ()) -> list[tuple[str, str]]:

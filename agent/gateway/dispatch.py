@@ -20,9 +20,11 @@ from agent.gateway.outcomes import CANCELLED, FAILED, OK, Ended, ended
 from agent.gateway.overflow import Overflow
 from agent.gateway.passage import Passage
 from agent.gateway.retry_budget import RetryBudget
+from agent.gateway.withheld import withheld
 from agent.mesh.peer_client import PeerClient
 from agent.mesh.peers import PeerTable
 from agent.models.pool import Pool
+from agent.policy.rules import DEFAULT
 from agent.process.prefixes import Text, text_of
 from agent.telemetry.ledger import Answered, Ledger
 from agent.views import NodeView, offers
@@ -120,7 +122,7 @@ class Dispatch:
             async with contextlib.aclosing(self._answers(call)) as answers:
                 async for answer in answers:
                     if call.passage is not None:
-                        await _note(call.passage, answer)
+                        await _note(call, call.passage, answer)
                     yield answer
             end = OK
         except RackError as error:
@@ -134,10 +136,13 @@ class Dispatch:
             self._count(call, call.fate if end is CANCELLED and call.fate else end)
 
     def _answers(self, call: Call) -> AsyncGenerator[Answer, None]:
-        """From the rack alone, or from wherever the policy allows."""
+        """From the rack alone, or from wherever the policy allows; without what its content filter withholds."""
         if self._overflow is None or call.passage is None or not call.passage.elsewhere:
-            return self._attempts.run(call)
-        return self._overflow.run(call, self._attempts.run, call.refused)
+            answers = self._attempts.run(call)
+        else:
+            answers = self._overflow.run(call, self._attempts.run, call.refused)
+        content = call.passage.rules.content if call.passage is not None else DEFAULT.content
+        return withheld(answers, content) if content != DEFAULT.content else answers
 
     def reading(self, key_id: str, priority: Priority = NEUTRAL) -> Admitted:
         """Admit a request whose body, and with it its model, is not known yet. Raises Retryable."""
@@ -174,7 +179,8 @@ class Dispatch:
         try:
             self._admit(first, len(calls))
         except RackError as error:
-            if self._overflow is None or not self._overflow.takes(first, error):
+            elsewhere = self._overflow is not None and self._overflow.takes(first, error)
+            if not elsewhere or self._is_full(first, len(calls)):
                 self._begin_trail(first)
                 self._count(first, ended(error), error.code)
                 raise
@@ -234,6 +240,11 @@ class Dispatch:
             raise Retryable(_REJECTIONS[decision.code], code=decision.code, retry_after_s=decision.retry_after_s)
         self._admitted(call.model, call, parts)
 
+    def _is_full(self, call: Call, parts: int) -> bool:
+        """Whether its key has as many requests in flight as it may, wherever they are answered."""
+        limit = self._live.now.limits.in_flight_per_key
+        return self._of_keys.load(call.key_id, parts, call.priority, limit, self._clock()).over > 0
+
     def _admitted(self, model: str, call: Call, parts: int) -> None:
         self._places.enter(model, parts, call.priority.rank)
         self._of_keys.enter(call.key_id, parts, call.priority.rank)
@@ -260,7 +271,7 @@ class Dispatch:
 
     def _count(self, call: Call, end: Ended, code: str = "") -> None:
         now, call.end, call.code = self._clock(), end, call.code or code
-        if end is OK:
+        if end is OK and (call.passage is None or call.passage.at is None):
             self._drain.setdefault((call.model, call.priority.rank), DrainRate()).ended(now)
         # a name that no node serves is arbitrary client text and is not recorded
         model = call.model if call.known else ""
@@ -290,16 +301,16 @@ class Dispatch:
         )
 
 
-async def _note(passage: Passage, answer: Answer) -> None:
+async def _note(call: Call, passage: Passage, answer: Answer) -> None:
     """What the wall has to know of an answer."""
     if isinstance(answer, Tokens):
         if passage.told is not None:
-            passage.said.append(answer)
+            passage.said.setdefault(call.part, []).append(answer)
     elif isinstance(answer, Accepted):
         if len(passage.calls) == 1 and passage.reservation is not None:
             passage.reservation.counted(answer.prompt_tok)
     elif passage.told is not None and isinstance(answer, Done):
-        await passage.told()
+        await passage.told(call.part)
 
 
 def _elsewhere(call: Call) -> dict[str, Any]:

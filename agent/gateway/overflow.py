@@ -6,7 +6,9 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from decimal import Decimal
 
-from agent.egress.prices import cost, most
+import msgspec
+
+from agent.egress.prices import cost, unpriced
 from agent.egress.providers import Egress
 from agent.gateway.allowances import Allowances
 from agent.gateway.analysis import Analysis
@@ -22,7 +24,7 @@ from agent.policy.outgoing import End, Piece
 from agent.policy.redaction import Redacted
 from agent.policy.redaction.replacing import on_premises
 from agent.policy.redaction.restoring import Restorer
-from agent.policy.rules import KeyPolicy, Provider, provider
+from agent.policy.rules import KeyPolicy, Money, Provider, of_key, provider
 from agent.wire.frames import SUSPECT, Accepted, Answer, Done, Tokens, ToolCall
 from shared.errors import NotFound, RackError, Refused, Retryable
 from shared.logs import get_logger
@@ -30,6 +32,8 @@ from shared.logs import get_logger
 Frames = AsyncGenerator[Answer, None]
 _STAYS = frozenset({SUSPECT, "key_queue_full", "key_bodies_full", "context_length_exceeded"})
 """Errors of the rack after which no other place is asked: they are of the request or of its key."""
+_ELSEWHERE = frozenset({"model_not_found", "not_redactable", "sensitive", "provider_not_allowed"})
+"""What one place cannot do, or may not, and another one can."""
 _NEVER_S = 1e9
 
 log = get_logger("agent.overflow")
@@ -68,10 +72,15 @@ class Overflow:
             if failure is not None and (not passes_on(failure) or passage.settled):
                 break
             left = left or ("always" if place.when == "first" and place.category != "rack" else "")
-            source = rack(call) if place.category == "rack" else self._elsewhere(call, passage, place, left)
+            if place.category == "rack":
+                if passage.private:  # it may have become SENSITIVE on its way to another place
+                    call.ask = msgspec.structs.replace(call.ask, private=True)
+                source = rack(call)
+            else:
+                source = self._counted(call, self._elsewhere(call, passage, place, left))
             begun = False
             try:
-                async with contextlib.aclosing(self._limited(source, passage, _wait_s(passage, place))) as answers:
+                async with contextlib.aclosing(self._limited(source, call, _wait_s(passage, place))) as answers:
                     async for answer in answers:
                         begun = begun or isinstance(answer, Tokens | Done)
                         yield answer
@@ -80,7 +89,7 @@ class Overflow:
                 failure = Retryable("no node could begin this request in time", code="no_capacity", retry_after_s=5)
                 left = "waited"
             except RackError as error:
-                if begun:
+                if begun or (passage.private and error.code == "audit_unavailable"):
                     raise
                 failure, left = error, left or _why(error)
             of_rack = failure if place.category == "rack" else of_rack
@@ -89,12 +98,13 @@ class Overflow:
             log.info("passed_on", request=call.request_id, category=place.category, code=failure.code, left=left)
         raise of_rack or failure or Retryable("no place can answer this now", code="no_capacity", retry_after_s=5)
 
-    async def _limited(self, source: Frames, passage: Passage, limit_s: float) -> Frames:
+    async def _limited(self, source: Frames, call: Call, limit_s: float) -> Frames:
         """The frames of a place, of which the first token has to come within ``limit_s`` while the request may go on
-        to another one."""
-        until_s, begun = self._clock() + limit_s, False
+        to another one. An answer that is not streamed is begun, too, once the rack has its first token."""
+        passage, until_s, begun = call.passage, self._clock() + limit_s, False
+        assert passage is not None
         async with contextlib.aclosing(source):
-            with TimedReader(source) as reader:
+            with TimedReader(source, lambda: call.first_s is not None) as reader:
                 while True:
                     left_s = _NEVER_S if begun or passage.settled else until_s - self._clock()
                     try:
@@ -108,6 +118,15 @@ class Overflow:
 
     # ---- elsewhere ----
 
+    async def _counted(self, call: Call, source: Frames) -> Frames:
+        """The frames of another place, counted as those of a node are."""
+        async with contextlib.aclosing(source):
+            async for answer in source:
+                if isinstance(answer, Done):
+                    call.prompt_tok = answer.prompt_tok
+                call.note(answer, self._clock())
+                yield answer
+
     async def _elsewhere(self, call: Call, passage: Passage, place: Place, left: Left) -> Frames:
         target = provider(passage.rules, place.provider)
         outgoing = outgoing_of(call.ask, place.model)
@@ -116,31 +135,31 @@ class Overflow:
             redacted = on_premises(outgoing, target)
         else:
             redacted = await self._analysis.redacted(outgoing, target)
-        spending = self._allowances.reserve(
-            KeyPolicy(id=""), 0, 0, None, key_id="", provider=target, most_usd=most(target, outgoing)
-        )
+        most_usd = await self._egress.most_usd(target, redacted.outgoing)
+        key_id = passage.facts.key_id
+        money = _money(of_key(passage.rules, key_id))
+        if most_usd is None and (money.day.usd or money.week.usd or money.month.usd):
+            raise unpriced(target, place.model)
+        spending = self._allowances.reserve(money, 0, 0, None, key_id=key_id, provider=target, most_usd=most_usd)
         passage.at, passage.left, passage.redacted = place, left, redacted.counts
-        end = End(finish="length")
+        end, charged = End(finish="length"), True
         try:
-            yield self._noted(call, Accepted(id=1, prompt_tok=passage.facts.prompt_tok, cached_tok=0))
+            yield Accepted(id=1, prompt_tok=passage.facts.prompt_tok, cached_tok=0)
             async with contextlib.aclosing(self._restored(redacted)) as pieces:
                 async for piece in pieces:
                     if isinstance(piece, End):
                         end = piece
                     elif piece.text or piece.reasoning or piece.calls:
-                        yield self._noted(call, _tokens(piece))
-            yield self._noted(call, _done(end, call))
+                        yield _tokens(piece)
+            yield _done(end, call)
+        except RackError as error:
+            # an answer that never began costs nothing, unless it may be on its way
+            charged = call.first_s is not None or error.code == "provider_timeout"
+            raise
         finally:
-            usd = _cost(target, place, end, call)
-            passage.usd = spent(passage.usd, usd)
+            usd = _cost(target, place, end, call) if charged else Decimal(0)
+            passage.usd = spent(passage.usd, usd) if charged else passage.usd
             spending.settle(0, 0, usd)
-
-    def _noted(self, call: Call, answer: Answer) -> Answer:
-        """A frame, counted like one of the rack; the place has the last word on the number of tokens."""
-        call.note(answer, self._clock())
-        if isinstance(answer, Done):
-            call.prompt_tok = answer.prompt_tok
-        return answer
 
     async def _restored(self, redacted: Redacted) -> AsyncGenerator[Piece | End, None]:
         """What the place answers, with the client's own texts in place of the placeholders."""
@@ -162,7 +181,7 @@ def passes_on(error: RackError) -> bool:
     """Whether another place may be asked after this error: nobody could serve the request, or a place failed at it."""
     if error.code in _STAYS:
         return False
-    if isinstance(error, NotFound) or error.code in ("model_not_found", "not_redactable", "sensitive"):
+    if isinstance(error, NotFound) or error.code in _ELSEWHERE:
         return True
     return not isinstance(error, Refused) and (error.code in BY_CODE or isinstance(error, Retryable))
 
@@ -180,6 +199,13 @@ def _wait_s(passage: Passage, place: Place) -> float:
     if place.category != "rack" or not following or not following[0].wait_s:
         return _NEVER_S
     return following[0].wait_s
+
+
+def _money(key: KeyPolicy) -> KeyPolicy:
+    """Of a key's limits those of what it spends: the others were reserved when its request came in."""
+    return KeyPolicy(
+        id=key.id, day=Money(usd=key.day.usd), week=Money(usd=key.week.usd), month=Money(usd=key.month.usd)
+    )
 
 
 def _tokens(piece: Piece) -> Tokens:

@@ -20,8 +20,9 @@ too long for its first token, or the policy sends it there at once; "" where it 
 class Passage(msgspec.Struct, kw_only=True):
     """``rules`` are those that it was decided by, whatever is put in force meanwhile. ``model`` is the served name that
     answers on the rack. A ``private`` one is SENSITIVE. ``settled``: a part of the answer, or a sign of life, has gone
-    to the client, so it stays where it is. ``at`` is the place that answers it. Of a SENSITIVE one ``said`` is the
-    answer, of which ``told`` is awaited when it is complete. ``calls`` are its parts, of agent.gateway.call."""
+    to the client, so it stays where it is. ``at`` is the place that answers it. Of a SENSITIVE one ``said`` are the
+    answers by part, of each of which ``told`` is awaited when it is complete. ``calls`` are its parts, of
+    agent.gateway.call."""
 
     request_id: str
     t_ms: int
@@ -39,8 +40,8 @@ class Passage(msgspec.Struct, kw_only=True):
     checked: bool = False
     redacted: Mapping[str, int] = {}
     usd: Decimal | None = None
-    said: list[Tokens] = msgspec.field(default_factory=list)
-    told: Callable[[], Awaitable[None]] | None = None
+    said: dict[int, list[Tokens]] = msgspec.field(default_factory=dict)
+    told: Callable[[int], Awaitable[None]] | None = None
     reservation: Any = None
     calls: list[Any] = msgspec.field(default_factory=list)
     code: str = ""

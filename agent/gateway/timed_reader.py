@@ -1,10 +1,11 @@
 """A timeout that is cheap to renew: one timer for a whole stream instead of one for each of its pieces."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+_EXCUSED_S = 0.25
 
 
 class ReadTimeout(Exception):
@@ -12,10 +13,11 @@ class ReadTimeout(Exception):
 
 
 class TimedReader(Generic[T]):
-    """Reads pieces from ``source``, each within a time limit. Its context ends the timer."""
+    """Reads pieces from ``source``, each within a time limit, which is no limit while it is ``excused``. Its
+    context ends the timer."""
 
-    def __init__(self, source: AsyncIterator[T]) -> None:
-        self._source, self._loop = source, asyncio.get_running_loop()
+    def __init__(self, source: AsyncIterator[T], excused: Callable[[], bool] | None = None) -> None:
+        self._source, self._loop, self._excused = source, asyncio.get_running_loop(), excused
         self._task: asyncio.Task[object] | None = None
         self._until_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -57,6 +59,9 @@ class TimedReader(Generic[T]):
             return  # no reader waits; the next wait arms it again
         if self._loop.time() < self._until_s:
             self._arm(self._until_s)
+            return
+        if self._excused is not None and self._excused():
+            self._arm(self._loop.time() + _EXCUSED_S)
             return
         self._expired = True
         self._task.cancel()

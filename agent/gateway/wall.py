@@ -3,6 +3,7 @@ is decided is in agent/policy; this module asks what it has to know, and carries
 
 import time
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from functools import partial
 from typing import NamedTuple
 
@@ -25,8 +26,8 @@ from agent.policy.guess import guess
 from agent.policy.rates import Rate
 from agent.policy.rules import DEFAULT, Rules, of_key
 from agent.process.prefixes import BYTES_PER_TOK
-from agent.wire.frames import Embed, Generate, Message, ToolCall
-from shared.errors import Refused, Retryable
+from agent.wire.frames import Embed, Generate, Message, Tokens, ToolCall
+from shared.errors import RackError, Refused, Retryable
 from shared.logs import get_logger
 
 DEFAULT_ANSWER_TOK = 4096
@@ -99,8 +100,8 @@ class Wall:
             self._reserve(passage, asked)
             if passage.private:
                 await self._kept(passage, asked)
-        except (Refused, Retryable) as error:
-            passage.code = error.code
+        except BaseException as error:  # its client may leave, too
+            passage.code = error.code if isinstance(error, RackError) else ""
             self.close(passage)
             raise
         return passage
@@ -108,12 +109,13 @@ class Wall:
     async def leaves(self, passage: Passage, place: Place, ask: Generate | Embed) -> None:
         """Whether it may still go to a place: what only an analysis of its text can tell is asked now, and the decision
         is on the disk before a byte leaves. Raises Refused and Retryable."""
-        if place.category == "outside" and not passage.checked:
+        if not passage.private and not passage.checked:
             asked = Asked(passage.request_id, passage.facts.key_id, ask)
-            facts = await self._detected(asked, passage.facts)
+            is_outside = place.category == "outside"
+            facts = await self._detected(asked, passage.facts) if is_outside else passage.facts
             if tainted := await self._guards.taints.look(_messages(asked)):  # since it came in
                 facts = _also(facts, tainted)
-            passage.checked = True
+            passage.checked = is_outside
             if facts != passage.facts:
                 passage.facts, passage.decision = facts, decide(facts, passage.rules)
                 passage.places = _places(passage.decision, passage.model)
@@ -121,25 +123,28 @@ class Wall:
         if place not in passage.places:
             raise Refused("it is SENSITIVE, and stays on the premises", code="sensitive")
         await self._recorded(passage)
+        if not _permits(self._guards.rules(), passage, place):
+            raise Refused("not sent: the policy has changed, and does not permit it", code="provider_not_allowed")
 
     def close(self, passage: Passage, status: int = 0) -> None:
         """Settle what was reserved and write the audit entry: once, whatever the outcome."""
         calls, reservation = passage.calls, passage.reservation
         began = passage.at is not None or any(call.worker or call.completion_tok for call in calls)
-        if reservation is not None and began:
+        if reservation is not None and (began or passage.usd):
             prompt = sum(call.prompt_tok for call in calls if call.turn == 0)
-            reservation.settle(prompt, sum(call.completion_tok for call in calls), passage.usd)
+            # what another place charges was reserved and settled there
+            usd = None if passage.at is None else Decimal(0)
+            reservation.settle(prompt, sum(call.completion_tok for call in calls), usd)
         elif reservation is not None:
             reservation.release()
         if passage.said:  # its client has left in the middle of the answer
-            self._guards.taints.note([_answer(passage)])
+            self._guards.taints.note([_answer(said) for said in passage.said.values()])
         self._guards.audit.write(ended_entry(passage, self._node, self._wall_ms(), self._clock(), status))
 
-    async def _told(self, passage: Passage) -> None:
-        """The answer to a SENSITIVE request is complete: mark it before its client can send it back."""
-        answer = _answer(passage)
-        passage.said.clear()
-        await self._guards.taints.add([answer], passage.facts.sensitive)
+    async def _told(self, passage: Passage, part: int) -> None:
+        """An answer to a SENSITIVE request is complete: mark it before its client can send it back."""
+        await self._guards.taints.add([_answer(passage.said.get(part, []))], passage.facts.sensitive)
+        passage.said.pop(part, None)
 
     # ---- what is decided on ----
 
@@ -219,6 +224,16 @@ def _places(decision: Decision, model: str) -> tuple[Place, ...]:
     return tuple(one for one in decision.places if one.category != "rack" or one.model == model)
 
 
+def _permits(rules: Rules, passage: Passage, place: Place) -> bool:
+    """Whether the rules that are in force by now still permit a place; it may have waited long for it."""
+    if rules is passage.rules:
+        return True
+    decision = decide(passage.facts, rules)
+    which = (place.category, place.provider, place.model)
+    places = () if isinstance(decision, Refuse) else decision.places
+    return any((one.category, one.provider, one.model) == which for one in places)
+
+
 def _messages(asked: Asked) -> Sequence[Message]:
     """What a taint is of: turns; a text to continue and texts to embed are turns of a user."""
     if isinstance(asked.ask, Generate) and not asked.prompts and asked.ask.prompt is None:
@@ -230,10 +245,11 @@ def _also(facts: Facts, reason: Reason) -> Facts:
     return msgspec.structs.replace(facts, sensitive=(*facts.sensitive, reason))
 
 
-def _answer(passage: Passage) -> Message:
+def _answer(said: Sequence[Tokens]) -> Message:
     """What was answered, as a client sends it back in its next request."""
-    calls = tuple(ToolCall(id=c.id, name=c.name, arguments=c.arguments) for one in passage.said for c in one.calls)
-    return Message(role="assistant", content="".join(one.text for one in passage.said), calls=calls)
+    calls = tuple(ToolCall(id=c.id, name=c.name, arguments=c.arguments) for one in said for c in one.calls)
+    reasoning = "".join(one.reasoning for one in said)
+    return Message(role="assistant", content="".join(one.text for one in said), reasoning=reasoning, calls=calls)
 
 
 def _guessed(asked: Asked) -> TaskClass:

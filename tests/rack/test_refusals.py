@@ -17,8 +17,9 @@ from tests.rack.harness import model, rack, until
 from tests.rack.test_bodies import CHAT
 from tests.rack.test_strangers import BEARER, KEYS, connections
 
-SECOND = "o" * 43
+SECOND, THIRD = "o" * 43, "f" * 43
 OTHER = {"Authorization": f"Bearer {SECOND}"}
+FEW = {"Authorization": f"Bearer {THIRD}"}
 LIMITS = """
 [limits]
 body_s = 1
@@ -42,8 +43,12 @@ def stream(text: str) -> bytes:
 
 def test_each_refusal_says_whose_doing_it_was(tmp_path: Path) -> None:
     second = f'[[keys]]\nid = "lab"\nsha256 = "{hashlib.sha256(SECOND.encode()).hexdigest()}"\n'
+    third = f'[[keys]]\nid = "few"\nsha256 = "{hashlib.sha256(THIRD.encode()).hexdigest()}"\n'
+    policy = tmp_path / "policy.toml"
+    policy.write_text('version = "1"\n[[keys]]\nid = "few"\nrequests_per_minute = 1\n')
+    extra = f"[policy]\npath = {json.dumps(str(policy))}\n{KEYS}{second}{third}{LIMITS}"
     codes = []
-    with rack(tmp_path, [model(fake_step_s=0.05, rows=4)], extra=KEYS + second + LIMITS) as (agent,):
+    with rack(tmp_path, [model(fake_step_s=0.05, rows=4)], extra=extra) as (agent,):
 
         def asked(text: str = "x", headers: dict[str, str] = BEARER, **more: object) -> None:
             answer = agent.chat(text, headers=headers, **more)
@@ -52,6 +57,8 @@ def test_each_refusal_says_whose_doing_it_was(tmp_path: Path) -> None:
         asked()
         asked(model="nobody's")
         asked(n=3)
+        asked("x", FEW)
+        asked("x", FEW)
         with connections(agent, 1, stream("x" * 900_000)):
             until(lambda: agent.status()["in_flight"] == 1, "the budget is held")
             asked("x" * 250_000)
@@ -62,7 +69,7 @@ def test_each_refusal_says_whose_doing_it_was(tmp_path: Path) -> None:
                 asked("x", OTHER)
         until(lambda: agent.status()["in_flight"] == 0, "those that left are over")
         agent.stop()
-    assert codes == ["ok", "model_not_found", "invalid_value", *WHY]
+    assert codes == ["ok", "model_not_found", "invalid_value", "ok", "rate_limited", *WHY]
     store = DirectoryStore(tmp_path / "bucket")
     rollup.run(AggregatorConfig(rack="r", store=Store(path="x")), store)
     first, last = (f"{datetime.now(UTC) + timedelta(days=n):%Y-%m-%d}" for n in (-1, 1))
@@ -71,11 +78,11 @@ def test_each_refusal_says_whose_doing_it_was(tmp_path: Path) -> None:
     for one in found.served:
         ends[one.outcome, one.finish if one.outcome == "refused" else ""] += one.requests
     assert ends == {
-        ("ok", ""): 1,
+        ("ok", ""): 2,
         ("cancelled", ""): 2,
         ("refused", "request"): 2,
-        ("refused", "limit"): 2,
+        ("refused", "limit"): 3,
         ("refused", "capacity"): 2,
     }
     up = uptime_of(found, found.span.since_ms)
-    assert (up.requests_ok, up.requests_bad, up.refused_capacity, up.refused_unsaid) == (1, 2, 2, 0)
+    assert (up.requests_ok, up.requests_bad, up.refused_capacity, up.refused_unsaid) == (2, 2, 2, 0)

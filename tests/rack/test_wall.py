@@ -179,6 +179,17 @@ def test_a_full_rack_overflows_and_an_idle_one_does_not(tmp_path: Path, provider
         assert served["boundary"]["providers"][0]["provider"] == "openai"
 
 
+def test_the_content_filter_holds_for_every_answer_of_the_rack(tmp_path: Path, providers: Providers) -> None:
+    words = '[content]\npatterns = ["queue|rack|node|drain"]\n'
+    with gateway(tmp_path, model(), policy=words) as agent:
+        answer = ask(agent, "x", max_tokens=60)
+        assert "[withheld]" in said(answer)
+        assert answer.json["choices"][0]["finish_reason"] == "content_filter"
+        streamed = ask(agent, "x", max_tokens=60, stream=True)
+        for body in (answer.body, streamed.body):
+            assert not any(word in body for word in (b"queue", b" rack", b" node ", b"drain"))
+
+
 def shape(rng: random.Random, number: int) -> dict[str, Any]:
     """A request's fields, of any shape that the API takes."""
     more: dict[str, Any] = {"stream": rng.random() < 0.3, "max_tokens": rng.choice((1, 5))}

@@ -154,9 +154,13 @@ def test_other_names_of_the_same_model_are_known_by_its_version() -> None:
         return NodeView(node="n", models=offered)
 
     nodes = (node(small="v1", old="v1", large="v2", cold=""), node(small="v1", tiny="v1", other="v3", empty=""))
-    assert describing.aliases(("small",), nodes) == ("old", "tiny")
-    assert describing.aliases(("large", "old"), nodes) == ("small", "tiny")
-    assert describing.aliases(("cold",), nodes) == describing.aliases(("unknown",), nodes) == ()
+    known = describing.Aliases()
+    assert known.of(("small",), nodes) == ("old", "tiny")
+    assert known.of(("large", "old"), nodes) == ("small", "tiny")
+    assert known.of(("cold",), nodes) == known.of(("unknown",), nodes) == ()
+    assert known.of(("small",), ()) == ("old", "tiny"), "while all are down it is what it was"
+    assert known.of(("small",), (node(small="", old="v1"),)) == ("old", "tiny")
+    assert known.of(("small",), (node(small="v9"),)) == (), "another model has its name"
 
 
 def test_turns_of_requests() -> None:
