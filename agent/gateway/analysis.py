@@ -10,8 +10,8 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -151,7 +151,7 @@ class Analysis:
                     pause_s = 0.5
                     await self._serve(child)
                 finally:
-                    await child.end()
+                    await _surely(child.end())
             except TimeoutError:
                 why = "an analysis took too long; its process starts again"
             except (OSError, EOFError, msgspec.MsgspecError):
@@ -213,8 +213,12 @@ class _Child:
             return await asyncio.shield(spawning)
         except asyncio.CancelledError:
             with contextlib.suppress(OSError):
-                await (await spawning).end()
+                await _surely(cls._unborn(spawning))
             raise
+
+    @staticmethod
+    async def _unborn(spawning: "asyncio.Future[_Child]") -> None:
+        await (await spawning).end()
 
     @classmethod
     async def _spawn(cls, command: Sequence[str], environ: Mapping[str, str]) -> "_Child":
@@ -256,6 +260,19 @@ class _Child:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._process.pid, signal.SIGKILL)
         await self._process.wait()
+
+
+async def _surely(work: Coroutine[Any, Any, None]) -> None:
+    """Await it to its end, whoever cancels meanwhile: a process that nobody waited for is left behind."""
+    task, cancelled = asyncio.ensure_future(work), False
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        raise asyncio.CancelledError
+    task.result()
 
 
 def _failed(why: str) -> Retryable:

@@ -18,7 +18,7 @@ from agent.gateway.taint_store import TaintStore
 from agent.mesh.peer_client import PeerClient
 from agent.mesh.peers import Heartbeat, Held, PeerTable
 from agent.mesh.signing import RackKeys
-from agent.policy.facts import Reason
+from agent.policy.facts import UNSURE, Reason
 from agent.policy.taint import forms, mark, marks_of, normal
 from agent.wire.frames import Message
 from shared.errors import Refused
@@ -32,7 +32,6 @@ GRACE_S = 10.0
 _LONG_CHARS = 128 << 10
 _LONG_TURNS = 256
 """A conversation beyond these is read in a thread."""
-_OF_TAINTS = frozenset({"taint_full", "taint_not_loaded"})
 _SAY = {
     "loading": "being read",
     "unreadable": "incomplete on this node",
@@ -90,7 +89,7 @@ class Taints:
         answer before its last. ``reasons`` are why it is SENSITIVE: where that is only that marks are incomplete, it
         is marked if something of it is known, so that an upgrade or a full set does not taint everything for good."""
         await self._store.loaded.wait()
-        if reasons and _OF_TAINTS.issuperset(reasons):
+        if reasons and UNSURE.issuperset(reasons):
             known = await _marked(messages, self._store.keys)
             if not any(one in self._store.marks for one in known):
                 return

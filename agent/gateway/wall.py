@@ -21,7 +21,7 @@ from agent.gateway.taints import Taints
 from agent.policy.classes import NOTHING, Declared, TaskClass
 from agent.policy.classing import class_of
 from agent.policy.deciding import Decision, Place, Refuse, decide, models_of, sensitive_by
-from agent.policy.facts import Facts, Reason
+from agent.policy.facts import UNSURE, Facts, Reason
 from agent.policy.guess import guess
 from agent.policy.rates import Rate
 from agent.policy.rules import DEFAULT, Rules, of_key
@@ -32,7 +32,6 @@ from shared.logs import get_logger
 
 DEFAULT_ANSWER_TOK = 4096
 """The most tokens of an answer whose client set no limit."""
-_UNSURE: frozenset[Reason] = frozenset({"taint_full", "taint_not_loaded"})
 
 log = get_logger("agent.wall")
 
@@ -207,7 +206,7 @@ class Wall:
     async def _kept(self, passage: Passage, asked: Asked) -> None:
         """A SENSITIVE request is recorded, and all nodes know its texts, before it is worked on. One that counts as
         such only because marks are incomplete, and could not leave anyway, waits for no disk. Raises Retryable."""
-        if passage.elsewhere or not _UNSURE.issuperset(passage.facts.sensitive):
+        if passage.elsewhere or not UNSURE.issuperset(passage.facts.sensitive):
             await self._recorded(passage)
         passage.told = partial(self._told, passage)
         await self._guards.taints.add(_messages(asked), passage.facts.sensitive)

@@ -13,6 +13,9 @@ heuristic."""
 Reason = Literal["label", "key", "model", "detector", "detector_failed", "taint", "taint_full", "taint_not_loaded"]
 """Why a request is SENSITIVE: said by its caller or by the policy for its key or model, found in its text, or its text
 was in a SENSITIVE request before. A detector that failed and taints that are incomplete count as found."""
+UNSURE: frozenset[Reason] = frozenset({"detector_failed", "taint_full", "taint_not_loaded"})
+"""Reasons that say what could not be known; what is SENSITIVE for these alone is not marked as such for good, or each
+start would taint the texts that all clients share."""
 Feature = Literal["tools", "schema", "logprobs", "n", "prompt", "embeddings", "template_args", "sampling"]
 """What a request uses that not every place can do: ``n`` is more than one answer, ``prompt`` a text to continue,
 ``sampling`` parameters beyond OpenAI's."""
