@@ -13,7 +13,7 @@ class ReadTimeout(Exception):
 
 
 class TimedReader(Generic[T]):
-    """Reads pieces from ``source``, each within a time limit, which is no limit while it is ``excused``. Its
+    """Reads pieces from ``source``, each within a time limit, which does not count while it is ``excused``. Its
     context ends the timer."""
 
     def __init__(self, source: AsyncIterator[T], excused: Callable[[], bool] | None = None) -> None:
