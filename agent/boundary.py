@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from agent.audit.entry import Named
 from agent.audit.service import Audit
-from agent.config import AgentConfig, Live, key_ids
+from agent.config import Live, key_ids
 from agent.control.policy_file import POLL_S, Policy, PolicyFile
 from agent.control.rates import Rates
 from agent.egress.connections import Reach
@@ -69,14 +69,13 @@ class Boundary:
         self._egress = Egress(self._rules, environ, reach=reach)
         self.wall = Wall(live.now.node.id, self._guards())
         self.overflow = Overflow(self.wall, self._egress, self.analysis, self.allowances)
-        live.follow(self._members)
 
     def _new_allowances(self, state: Path) -> Allowances:
         config = self._live.now
         return Allowances(
             config.node.id,
             state,
-            nodes=_nodes(config),
+            nodes=self._nodes(),
             rules=self._rules,
             key_ids=self._key_ids,
             rate_of=self.rates.of,
@@ -117,6 +116,10 @@ class Boundary:
             ("audit", AUDIT_S, self.audit.tick),
         )
 
+    def members(self) -> None:
+        """The nodes of the rack have changed, by agent.toml or by the desired state: limits are divided anew."""
+        self.allowances.members(self._nodes())
+
     def heard(self, node: str, heartbeat: Heartbeat) -> None:
         """A peer's heartbeat."""
         self.taints.heard(node, heartbeat)
@@ -142,9 +145,6 @@ class Boundary:
     def _key_ids(self) -> Sequence[str]:
         return tuple(key_ids(self._live.now))
 
-    def _members(self, config: AgentConfig) -> None:
-        self.allowances.members(_nodes(config))
-
     def _names(self, codes: Container[str]) -> Mapping[Named, Callable[[str], bool]]:
         """Which names the audit may record: a client may ask for a model of any name."""
         left_open = {AUTO, *(f"{CLASS_PREFIX}{one.lower()}" for one in CLASSES)}
@@ -166,7 +166,6 @@ class Boundary:
         here = NodeView(node=self._live.now.node.id, models=self._near.pool.views())
         return self._known.of(names, (here, *self._near.table.view(time.monotonic())))
 
-
-def _nodes(config: AgentConfig) -> list[str]:
-    """The rack's nodes, whether they are up or not."""
-    return [config.node.id, *(peer.id for peer in config.peers.nodes)]
+    def _nodes(self) -> list[str]:
+        """The rack's nodes, whether they are up or not."""
+        return [self._live.now.node.id, *(node for node, _ in self._near.table.urls())]

@@ -363,6 +363,7 @@ class Daemon:
         before = set(self._table.urls())
         for removed in self._table.become(peers if known else (), time.monotonic()):
             self._peer_client.retire(removed)
+        self.boundary.members()
         if not before.issuperset(self._table.urls()):
             _warn_of_plain_http(self.config, self._table.urls())
 

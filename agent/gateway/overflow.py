@@ -3,7 +3,7 @@ cannot answer, or not in time. Nothing goes on to another place once the client 
 
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from decimal import Decimal
 
 import msgspec
@@ -40,7 +40,7 @@ log = get_logger("agent.overflow")
 
 
 class Overflow:
-    """``attempts`` answers on the rack."""
+    """What is behind the rack: ``wall`` lets a request out, ``egress`` sends it. ``clock`` is monotonic seconds."""
 
     def __init__(
         self,
@@ -66,8 +66,10 @@ class Overflow:
         assert passage is not None
         failure: RackError | None = refused
         of_rack, left = refused, _why(refused)
-        for place in passage.places:
-            if place.category == "rack" and refused is not None:
+        places = passage.places
+        for at, place in enumerate(places):
+            # an analysis may have taken places away since it came in
+            if (place.category == "rack" and refused is not None) or place not in passage.places:
                 continue
             if failure is not None and (not passes_on(failure) or passage.settled):
                 break
@@ -80,7 +82,9 @@ class Overflow:
                 source = self._counted(call, self._elsewhere(call, passage, place, left))
             begun = False
             try:
-                async with contextlib.aclosing(self._limited(source, call, _wait_s(passage, place))) as answers:
+                async with contextlib.aclosing(
+                    self._limited(source, call, _wait_s(passage, place, places[at + 1 :]))
+                ) as answers:
                     async for answer in answers:
                         begun = begun or isinstance(answer, Tokens | Done)
                         yield answer
@@ -192,13 +196,10 @@ def _why(error: RackError | None) -> Left:
     return "no_replica" if error.code in ("model_not_found", "no_capacity", "not_ready") else "full"
 
 
-def _wait_s(passage: Passage, place: Place) -> float:
-    """How long a place may take until its first token: as long as the next one says."""
-    at = passage.places.index(place)
-    following = passage.places[at + 1 :]
-    if place.category != "rack" or not following or not following[0].wait_s:
-        return _NEVER_S
-    return following[0].wait_s
+def _wait_s(passage: Passage, place: Place, later: Sequence[Place]) -> float:
+    """How many seconds a place may take until its first token: as long as the next one says."""
+    following = [one for one in later if one in passage.places]
+    return following[0].wait_s or _NEVER_S if place.category == "rack" and following else _NEVER_S
 
 
 def _money(key: KeyPolicy) -> KeyPolicy:

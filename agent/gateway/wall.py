@@ -96,7 +96,7 @@ class Wall:
             if isinstance(passage.decision, Refuse):
                 refuse = passage.decision
                 raise Refused(refuse.message, code=refuse.code, param=refuse.param)
-            self._reserve(passage, asked)
+            self._reserve(passage)
             if passage.private:
                 await self._kept(passage, asked)
         except BaseException as error:  # its client may leave, too
@@ -193,11 +193,11 @@ class Wall:
             priority=priority_of(facts.task_class, facts.class_from, rules.admission),
         )
 
-    def _reserve(self, passage: Passage, asked: Asked) -> None:
+    def _reserve(self, passage: Passage) -> None:
         facts = passage.facts
         passage.reservation = self._guards.allowances.reserve(
             of_key(passage.rules, facts.key_id),
-            prompt_bytes(asked.ask, asked.prompts),
+            facts.prompt_tok * BYTES_PER_TOK,
             facts.answer_tok,
             self._guards.rate(passage.model),
             key_id=facts.key_id,

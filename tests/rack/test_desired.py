@@ -217,9 +217,11 @@ def test_the_desired_state_names_the_nodes_of_the_rack(tmp_path: Path) -> None:
 
         say(1, first, second)
         until(lambda: peers_of(first) == {"n2": "up"}, "the third is no peer any more")
+        assert first.admin("GET", "limits").json["nodes"] == ["n1", "n2"], "and limits are divided between these"
         assert first.chat(model="special").status == 404
         say(2, first, second, third)
         until(lambda: peers_of(first) == {"n2": "up", "n3": "up"}, "it has joined")
+        assert first.admin("GET", "limits").json["nodes"] == ["n1", "n2", "n3"]
         assert first.chat(model="special").headers["X-Mlxrack-Node"] == "n3"
         evil = (DesiredPeer(id="n2", url="http://evil.example"), DesiredPeer(id="n9", url="http://127.0.0.1:9"))
         bucket.put(DESIRED, encode(DesiredState(generation=3, peers=evil)))

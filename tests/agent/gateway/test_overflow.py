@@ -306,3 +306,18 @@ async def test_every_answer_and_its_reasoning_is_marked_apart(tmp_path: Path) ->
     tried.wall.close(passage, 499)
     assert tried.marks.added[3:] == ["one2two2"], "its client has left"
     assert isinstance(parts[0].ask, Generate)
+
+
+async def test_what_becomes_sensitive_on_its_way_reaches_none_of_the_later_places(tmp_path: Path) -> None:
+    first = Permission(provider="first", use="gpt", keys=("alice",), classes=("ROUTINE",), models=("m",), when="always")
+    other = Provider(name="first", kind="openai", secret="env:KEY", usd_per_mtok_in="1", usd_per_mtok_out="1")
+    later = Permission(provider="openai", use="gpt", keys=("alice",), classes=("ROUTINE",), models=("m",), wait_s=0.01)
+    rules = Rules(providers=(other, OPENAI), allow=(first, later), keys=(KeyPolicy(id="alice"),))
+    tried = Tried(tmp_path, Sent(*ANSWER), rules)
+    passage, call = await tried.enter()
+    assert [place.category for place in passage.places] == ["outside", "rack", "outside"]
+    tried.marks.added.append("hello")
+    with pytest.raises(NotFound):
+        await tried.run(call)
+    assert tried.egress.requests == []
+    assert len(tried.asked) == 1, "the rack was asked, and what it says is said"
