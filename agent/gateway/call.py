@@ -7,6 +7,7 @@ import msgspec
 from agent.gateway.decisions import Trail
 from agent.gateway.outcomes import Ended
 from agent.gateway.passage import Passage
+from agent.policy.facts import DEFAULT_ANSWER_TOK
 from agent.process.prefixes import Text
 from agent.wire.frames import Accepted, Answer, Ask, Done, Generate, Tokens
 from agent.wire.namespaces import Namespace
@@ -95,7 +96,7 @@ class Call(msgspec.Struct, kw_only=True):
         """The most tokens that may still be generated."""
         if not isinstance(self.ask, Generate):
             return 0
-        return max(1, (self.ask.max_tokens or 4096) - len(self.made))
+        return max(1, (self.ask.max_tokens or DEFAULT_ANSWER_TOK) - len(self.made))
 
     @property
     def can_continue(self) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Sequence
 
-from agent.policy.facts import Feature
+from agent.policy.facts import DEFAULT_ANSWER_TOK, Feature
 from agent.process.prefixes import BYTES_PER_TOK, text_of
 from agent.views import NodeView
 from agent.wire.frames import Embed, Generate
@@ -39,11 +39,16 @@ def prompt_tok(ask: Generate | Embed, prompts: Sequence[str] = ()) -> int:
     return text_of(b"", ask).prompt_tok + longest // BYTES_PER_TOK
 
 
-def answer_tok(ask: Generate | Embed, default_tok: int) -> int:
-    """The most tokens that an answer may have; ``default_tok`` where the client set no limit."""
+def answer_tok(ask: Generate | Embed, answers: int = 1) -> int:
+    """The most tokens that all its answers may have together."""
     if isinstance(ask, Embed):
         return 0
-    return default_tok if ask.max_tokens is None else ask.max_tokens
+    return (DEFAULT_ANSWER_TOK if ask.max_tokens is None else ask.max_tokens) * answers
+
+
+def answers_of(n: int, prompts: Sequence[str]) -> int:
+    """How many answers a request gets: ``n`` to each prompt."""
+    return n * max(1, len(prompts))
 
 
 class Aliases:

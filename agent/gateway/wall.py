@@ -14,7 +14,7 @@ from agent.gateway.admission import priority_of
 from agent.gateway.allowances import Allowances
 from agent.gateway.analysis import Analysis
 from agent.gateway.asking import prompt_bytes, texts_of
-from agent.gateway.describing import answer_tok, features, turns
+from agent.gateway.describing import answer_tok, answers_of, features, prompt_tok, turns
 from agent.gateway.passage import Passage
 from agent.gateway.recorded import decided_entry, ended_entry
 from agent.gateway.taints import Taints
@@ -25,13 +25,9 @@ from agent.policy.facts import UNSURE, Facts, Reason
 from agent.policy.guess import guess
 from agent.policy.rates import Rate
 from agent.policy.rules import DEFAULT, Rules, of_key
-from agent.process.prefixes import BYTES_PER_TOK
 from agent.wire.frames import Embed, Generate, Message, Tokens, ToolCall
 from shared.errors import RackError, Refused, Retryable
 from shared.logs import get_logger
-
-DEFAULT_ANSWER_TOK = 4096
-"""The most tokens of an answer whose client set no limit."""
 
 log = get_logger("agent.wall")
 
@@ -96,7 +92,7 @@ class Wall:
             if isinstance(passage.decision, Refuse):
                 refuse = passage.decision
                 raise Refused(refuse.message, code=refuse.code, param=refuse.param)
-            self._reserve(passage)
+            self._reserve(passage, asked)
             if passage.private:
                 await self._kept(passage, asked)
         except BaseException as error:  # its client may leave, too
@@ -150,15 +146,15 @@ class Wall:
     def _facts(self, asked: Asked, rules: Rules) -> Facts:
         ask, key_id = asked.ask, asked.key_id
         stated = class_of(asked.header, asked.body, ask.model, key_id, rules, lambda: _guessed(asked))
-        size, answers = prompt_bytes(ask, asked.prompts), asked.answers * max(1, len(asked.prompts))
+        answers = answers_of(asked.answers, asked.prompts)
         facts = Facts(
             key_id=key_id,
             model=ask.model,
             task_class=stated.task_class,
             class_from=stated.class_from,
             sensitive=("label",) if stated.sensitive else (),
-            prompt_tok=size // BYTES_PER_TOK + 1,
-            answer_tok=answer_tok(ask, DEFAULT_ANSWER_TOK) * answers,
+            prompt_tok=prompt_tok(ask, asked.prompts),
+            answer_tok=answer_tok(ask, answers),
             features=features(ask, n=answers, prompts=asked.prompts),
             day=time.strftime("%Y-%m-%d", time.gmtime(self._wall_ms() / 1000)),
         )
@@ -193,11 +189,11 @@ class Wall:
             priority=priority_of(facts.task_class, facts.class_from, rules.admission),
         )
 
-    def _reserve(self, passage: Passage) -> None:
+    def _reserve(self, passage: Passage, asked: Asked) -> None:
         facts = passage.facts
         passage.reservation = self._guards.allowances.reserve(
             of_key(passage.rules, facts.key_id),
-            facts.prompt_tok * BYTES_PER_TOK,
+            prompt_bytes(asked.ask, asked.prompts),
             facts.answer_tok,
             self._guards.rate(passage.model),
             key_id=facts.key_id,

@@ -19,7 +19,7 @@ from agent.operator.statusview import fold, table
 from agent.policy.classes import CLASSES, HEADER, SENSITIVE, Declared, TaskClass, declared
 from agent.policy.classing import class_of
 from agent.policy.explaining import Explained, explain, limits
-from agent.policy.facts import Facts
+from agent.policy.facts import DEFAULT_ANSWER_TOK, Facts
 from agent.policy.replay import Changes, Outcome, Spent, replay
 from agent.policy.rules import Rules, digest
 from shared.errors import Refused, Retryable
@@ -32,7 +32,6 @@ Verb = Callable[[argparse.Namespace, AgentConfig, Path], int]
 Stated = Callable[[bytes, Mapping[str, str], Api], tuple[Facts, Declared, Declared, TaskClass]]
 """A request's facts, what its header and its body declare, and the guess, from its body and headers. Raises Refused."""
 MOST_BODY_BYTES = 16 << 20
-DEFAULT_ANSWER_TOK = 4096
 
 
 class Recorded(msgspec.Struct, frozen=True, kw_only=True):

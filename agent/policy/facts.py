@@ -13,6 +13,8 @@ heuristic."""
 Reason = Literal["label", "key", "model", "detector", "detector_failed", "taint", "taint_full", "taint_not_loaded"]
 """Why a request is SENSITIVE: said by its caller or by the policy for its key or model, found in its text, or its text
 was in a SENSITIVE request before. A detector that failed and taints that are incomplete count as found."""
+DEFAULT_ANSWER_TOK = 4096
+"""The most tokens of an answer whose client set no limit: a model's own setting is not known at every gateway."""
 UNSURE: frozenset[Reason] = frozenset({"detector_failed", "taint_full", "taint_not_loaded"})
 """Reasons that say what could not be known; what is SENSITIVE for these alone is not marked as such for good, or each
 start would taint the texts that all clients share."""

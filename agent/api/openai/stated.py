@@ -5,13 +5,10 @@ from typing import NamedTuple
 
 from agent.api.openai.requests import AnswerRequest, EmbedRequest, parse_chat, parse_embeddings, parse_text
 from agent.config import Api
-from agent.gateway.describing import answer_tok, features, prompt_tok, turns
+from agent.gateway.describing import answer_tok, answers_of, features, prompt_tok, turns
 from agent.policy.classes import HEADER, NOTHING, Declared, TaskClass, declared
 from agent.policy.facts import Facts
 from agent.policy.guess import guess
-
-DEFAULT_TOK = 4096
-"""The longest answer where neither the client nor the model's settings limit it."""
 
 
 class Stated(NamedTuple):
@@ -30,12 +27,12 @@ def stated(body: bytes, headers: Mapping[str, str], api: Api) -> Stated:
     if isinstance(asked, EmbedRequest):
         facts = Facts(model=asked.embed.model, prompt_tok=prompt_tok(asked.embed), features=features(asked.embed))
         return Stated(facts, said, asked.declared)
-    ask = asked.generate
+    ask, answers = asked.generate, answers_of(asked.n, asked.prompts)
     facts = Facts(
         model=ask.model,
         prompt_tok=prompt_tok(ask, asked.prompts),
-        answer_tok=answer_tok(ask, DEFAULT_TOK),
-        features=features(ask, n=asked.n, prompts=asked.prompts),
+        answer_tok=answer_tok(ask, answers),
+        features=features(ask, n=answers, prompts=asked.prompts),
     )
     has_tools, has_schema = bool(ask.tools), ask.schema is not None
     text = turns(ask, asked.prompts)

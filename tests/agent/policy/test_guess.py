@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from agent.api.openai.requests import parse_chat, parse_embeddings, parse_text
 from agent.gateway import describing
 from agent.policy.classes import CLASSES
+from agent.policy.facts import DEFAULT_ANSWER_TOK
 from agent.policy.guess import MOST_CHARS, MOST_TURNS, guess
 from agent.views import ModelView, NodeView
 
@@ -139,13 +140,15 @@ def test_features_of_requests() -> None:
 def test_lengths_of_requests() -> None:
     asked = parse_chat(b'{"model":"m","messages":[{"role":"user","content":"' + b"x" * 4000 + b'"}],"max_tokens":7}')
     assert 1000 <= describing.prompt_tok(asked.generate) <= 1100
-    assert describing.answer_tok(asked.generate, 4096) == 7
+    assert describing.answer_tok(asked.generate) == 7
+    assert describing.answer_tok(asked.generate, describing.answers_of(2, ("a", "b", "c"))) == 42
     text = parse_text(b'{"model":"m","prompt":["abcd","' + b"y" * 400 + b'"]}')
     assert 100 <= describing.prompt_tok(text.generate, text.prompts) <= 110
     assert (
-        describing.answer_tok(parse_chat(b'{"model":"m","messages":[{"role":"user","content":"a"}]}').generate, 9) == 9
+        describing.answer_tok(parse_chat(b'{"model":"m","messages":[{"role":"user","content":"a"}]}').generate)
+        == DEFAULT_ANSWER_TOK
     )
-    assert describing.answer_tok(parse_embeddings(b'{"model":"m","input":"hi"}').embed, 9) == 0
+    assert describing.answer_tok(parse_embeddings(b'{"model":"m","input":"hi"}').embed) == 0
 
 
 def test_other_names_of_the_same_model_are_known_by_its_version() -> None:
